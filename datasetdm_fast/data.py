@@ -246,8 +246,40 @@ class Trust:
         return not self.reasons
 
 
+class NamedLabels:
+    """The labels of a sample by name, None where it has no such label."""
+
+    def label(self, task: str) -> Any:
+        """The label of a task, None where there is none."""
+        raise NotImplementedError
+
+    @property
+    def semantic(self) -> SemanticMap | None:
+        return self.label("semantic")
+
+    @property
+    def instances(self) -> Instances | None:
+        return self.label("instance")
+
+    @property
+    def depth(self) -> DepthMap | None:
+        return self.label("depth")
+
+    @property
+    def keypoints(self) -> Keypoints | None:
+        return self.label("pose")
+
+    @property
+    def open_vocabulary(self) -> SemanticMap | None:
+        return self.label("open-vocabulary")
+
+    @property
+    def attention(self) -> SemanticMap | None:
+        return self.label("attention")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Sample:
+class Sample(NamedLabels):
     request: Request
     image: np.ndarray  # [H, W, 3] uint8
     annotations: dict[str, Annotation]  # task -> label
@@ -258,6 +290,22 @@ class Sample:
     def __repr__(self) -> str:
         labels, request = ", ".join(self.annotations), self.request
         return f"<Sample {_sides(self.image[..., 0])}: {request.prompt!r}, seed {request.seed}, labels {labels}>"
+
+    def label(self, task: str) -> Any:
+        """The label of a task, or of TASK:NAME, None where it was not requested."""
+        return self.annotations.get(task)
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def prompt(self) -> str:
+        return self.request.prompt
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
 
     @property
     def is_doubtful(self) -> bool:

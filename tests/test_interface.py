@@ -32,7 +32,8 @@ def members(kind: type) -> dict[str, str]:
     told = {field.name: "field" for field in fields(kind)} if is_dataclass(kind) else {}
     if not told:
         told["()"] = signature(kind.__init__) if kind is not Engine else ""
-    for name, value in vars(kind).items():
+    bases = [base for base in kind.__mro__[1:] if base.__module__ == data.__name__]
+    for name, value in [pair for owner in (*bases, kind) for pair in vars(owner).items()]:
         if name.startswith("_") and name not in ("__call__", "__getitem__", "__len__", "__iter__"):
             continue
         if callable(value) or isinstance(value, (classmethod, staticmethod)):

@@ -34,12 +34,13 @@ from stub_engine import StubEngine
 from test_loading import pipeline as in_diffusers
 
 from datasetdm_fast import Pipeline, generate, label, open_run
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast.on_cpu import CpuEngine
+from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.loading import in_memory, load_model, lora
 from datasetdm_fast.engine.loop import diffusing
@@ -168,17 +169,18 @@ def test_command_and_library_give_the_same_samples(pipe, decoders, tmp_path):
     assert generate.main(arguments) == 0
     stream = pipe.stream(["a red ball", "two cubes", "a red ball"], seed=5, batch_size=2, steps=2)
     for stored, made in zip(open_run(tmp_path / "run"), stream, strict=True):
-        assert (
-            stored.prompt == made.request.prompt
-            and stored.seed == made.request.seed
-            and stored.classes == made.request.classes
-        )
+        assert (stored.id, stored.prompt, stored.seed) == (
+            made.id,
+            made.prompt,
+            made.seed,
+        ) and stored.classes == made.request.classes
         assert (stored.image == made.image).all()
-        assert (stored.semantic.labels == made.annotations["semantic"].labels).all()
-        assert (stored.instances.masks == made.annotations["instance"].masks).all()
-        assert np.allclose(stored.depth.metres, made.annotations["depth"].metres, atol=5.1e-4)
-        assert (stored.keypoints.visibility == made.annotations["pose"].visibility).all()
-        assert (stored.open_vocabulary.labels == made.annotations["open-vocabulary"].labels).all()
+        assert (stored.semantic.labels == made.semantic.labels).all()
+        assert (stored.instances.masks == made.instances.masks).all()
+        assert np.allclose(stored.depth.metres, made.depth.metres, atol=5.1e-4)
+        assert (stored.keypoints.visibility == made.keypoints.visibility).all()
+        assert (stored.open_vocabulary.labels == made.open_vocabulary.labels).all()
+        assert stored.attention is made.attention is None
     assert generate.main(["--only", "00000002", "--out", str(tmp_path / "run"), "--quiet"]) == 0
     (tmp_path / "run" / "images" / "00000002.png").unlink()
     assert generate.main(["--only", "00000002", "--out", str(tmp_path / "run"), "--quiet"]) == 0
@@ -459,6 +461,13 @@ def test_saving_an_output_names_what_does():
         out.save("folder")
     with pytest.raises(AttributeError, match="no label is called 'dept'"):
         out.dept  # noqa: B018
+
+
+def test_samples_offer_every_kind_of_label_by_its_name():
+    sample = Sample(Request(0, "a ball", 0), np.zeros((8, 8, 3), np.uint8), {task: object() for task in LABEL_KINDS})
+    assert {kind.attribute: getattr(sample, kind.attribute) for kind in LABEL_KINDS.values()} == {
+        LABEL_KINDS[task].attribute: label for task, label in sample.annotations.items()
+    }
 
 
 def test_samples_and_labels_are_compared_by_identity():

@@ -13,4 +13,4 @@ def prompts():
 pipe = Pipeline.from_pretrained("demo")
 for sample in islice(pipe.stream(prompts(), seed=0, steps=10, tasks=("semantic",)), 6):
     if sample.trust.is_trusted:
-        print(sample.request.id, sample.request.prompt, sample.annotations["semantic"].labels.shape)
+        print(sample.id, sample.prompt, sample.semantic.labels.shape)

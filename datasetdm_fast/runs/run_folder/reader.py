@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from datasetdm_fast.data import Trust
+from datasetdm_fast.data import NamedLabels, Trust
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import check_label, kind_of, task_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable
@@ -48,13 +48,12 @@ from datasetdm_fast.untrusted import documents, images
 if TYPE_CHECKING:
     from PIL import Image
 
-    from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
     from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
     from datasetdm_fast.runs.run_folder.task_dataset import TaskDataset, Transform
 
 
 @dataclass(frozen=True)
-class StoredSample:
+class StoredSample(NamedLabels):
     """One sample of a run folder; image and labels are read when they are asked for."""
 
     row: Row
@@ -128,23 +127,8 @@ class StoredSample:
         with self._naming_damage():
             return self._read_image(kind.roles[0])
 
-    if TYPE_CHECKING:  # what `__getattr__` gives
-
-        @property
-        def semantic(self) -> SemanticMap | None: ...
-        @property
-        def instances(self) -> Instances | None: ...
-        @property
-        def depth(self) -> DepthMap | None: ...
-        @property
-        def keypoints(self) -> Keypoints | None: ...
-        @property
-        def open_vocabulary(self) -> SemanticMap | None: ...
-        @property
-        def attention(self) -> SemanticMap | None: ...
-
     def __getattr__(self, name: str) -> Any:
-        """The label `semantic`, `instances`, `depth` and so on, None where the run did not make it."""
+        """Refuses a name that is no label's."""
         return self.label(task_of(name))
 
     def label(self, task: str) -> Any:
