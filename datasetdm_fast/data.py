@@ -308,6 +308,10 @@ class Sample(NamedLabels):
         return self.request.seed
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        return self.request.classes
+
+    @property
     def is_doubtful(self) -> bool:
         return self.trust is not None and not self.trust.is_trusted
 

@@ -169,11 +169,8 @@ def test_command_and_library_give_the_same_samples(pipe, decoders, tmp_path):
     assert generate.main(arguments) == 0
     stream = pipe.stream(["a red ball", "two cubes", "a red ball"], seed=5, batch_size=2, steps=2)
     for stored, made in zip(open_run(tmp_path / "run"), stream, strict=True):
-        assert (stored.id, stored.prompt, stored.seed) == (
-            made.id,
-            made.prompt,
-            made.seed,
-        ) and stored.classes == made.request.classes
+        for name in ("id", "prompt", "seed", "classes", "is_doubtful"):
+            assert getattr(stored, name) == getattr(made, name)
         assert (stored.image == made.image).all()
         assert (stored.semantic.labels == made.semantic.labels).all()
         assert (stored.instances.masks == made.instances.masks).all()
@@ -348,8 +345,11 @@ def test_what_is_printed_of_an_output_is_a_line_a_sample(pipe):
     assert len(lines) == 3 and max(map(len, lines)) < 200 and "'two cubes', seed 1" in lines[2]
     assert all(len(repr(label)) < 600 for label in out.samples[0].annotations.values())
     assert out.__class__(out.samples[:1])._repr_html_().startswith("<div>1 sample<")
-    with pytest.raises(AttributeError, match=r"no label is called 'instance' \(did you mean instances\?\)"):
-        out.instance  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no label is called 'instanced' \(did you mean instances\?\)"):
+        out.instanced  # noqa: B018
+    with pytest.raises(AttributeError, match="labels of pose are called 'keypoints'"):
+        out.pose  # noqa: B018
+    assert len(out) == 2 and list(out) == out.samples == [out[0], out[-1]]
     page = out._repr_html_()
     assert page.count("<img") == 12 and "a red ball &lt;b&gt;" in page and "<b>" not in page
     assert [row.count("<img") for row in page.split("<div>")[2:]] == [6, 6]  # a sample begins a row

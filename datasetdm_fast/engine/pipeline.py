@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from itertools import count, islice, repeat
 from numbers import Integral, Number
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
@@ -83,6 +83,15 @@ class Output:
     """Samples in the order of their prompts; a task that was not requested has an empty list."""
 
     samples: list[Sample]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: SupportsIndex) -> Sample:
+        return self.samples[place]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
 
     def __repr__(self) -> str:
         return "\n  ".join([f"<Output of {count_noun(len(self.samples), 'sample')}>", *map(str, self.samples)])

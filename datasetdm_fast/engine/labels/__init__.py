@@ -310,6 +310,8 @@ def task_of(attribute: str) -> str:
     for task, kind in LABEL_KINDS.items():
         if kind.attribute == attribute:
             return task
+    if attribute in LABEL_KINDS:
+        raise AttributeError(f"labels of {attribute} are called {LABEL_KINDS[attribute].attribute!r}")
     known = [kind.attribute for kind in LABEL_KINDS.values()]
     raise AttributeError(f"no label is called {attribute!r}{nearest(attribute, known)}")
 

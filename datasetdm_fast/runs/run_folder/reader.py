@@ -97,6 +97,10 @@ class StoredSample(NamedLabels):
             return trust_of(self.classes, labels, self.prompt, self.class_table)
 
     @property
+    def is_doubtful(self) -> bool:
+        return not self.trust.is_trusted
+
+    @property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8
         with self._naming_damage():
             return np.array(self._read_image("image"))
