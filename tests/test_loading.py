@@ -1440,6 +1440,13 @@ def test_libraries_are_quiet_while_a_model_is_read_and_as_before_afterwards():
     assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
 
 
+def test_a_model_is_read_after_an_import_of_diffusers_was_interrupted(monkeypatch):
+    """Python imports `diffusers.utils` anew then, but not its part that was complete, which becomes no attribute."""
+    monkeypatch.delattr(diffusers.utils, "logging")
+    with fitting.quiet_libraries():
+        assert sys.modules["diffusers.utils.logging"].get_verbosity() == logging.ERROR
+
+
 def test_a_digest_is_of_every_byte_of_files_in_their_order(tmp_path):
     """Also of what lies beyond the blocks of 4 MiB that are read at once."""
     first, second = bytes(range(256)) * 20_480, b"end"  # 5 MiB

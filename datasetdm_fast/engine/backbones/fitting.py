@@ -231,8 +231,9 @@ def quiet_libraries() -> Iterator[None]:
     """No warnings and progress bars of diffusers and transformers within the block; what matters is checked here."""
     from transformers.utils import logging
 
-    diffusers = sys.modules.get("diffusers")  # what was not imported yet prints nothing
-    both = (logging, *([diffusers.utils.logging] if diffusers else []))
+    # What was not imported yet prints nothing. An import that is repeated after an interrupt leaves it no attribute.
+    of_diffusers = sys.modules.get("diffusers.utils.logging")
+    both = (logging, *([of_diffusers] if of_diffusers else []))
     before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in both]
     for library in both:
         library.set_verbosity_error()
